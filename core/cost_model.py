@@ -112,7 +112,7 @@ class CostModel(Protocol):
 
 @runtime_checkable
 class StagedCost(CostModel, Protocol):
-    """Of an instance of several pipeline stages, each of which computes another step at a time.
+    """The cost model of an instance of several pipeline stages, each of which computes another step at a time.
 
     For it `step` of a load with decoding sequences is a round, after which each of them has one token more. A round
     consists of one or more steps, and `one_step` has their costs."""
@@ -121,13 +121,13 @@ class StagedCost(CostModel, Protocol):
     def num_stages(self) -> int: ...
 
     def one_step(self, load: StepLoad) -> StepCost:
-        """Of a step of just this load. `total_s` is the time through all stages, `interval_s` that until the step after
-        it ends, or could begin, if it is alike; the latter is at least a `num_stages`-th of the former."""
+        """The cost of a single step with this load. `total_s` is its time through all stages. `interval_s` is the time
+        until an equal step after it could end, or begin: at least a `num_stages`-th of `total_s`."""
         ...
 
 
 def staged(cost: CostModel) -> StagedCost | None:
-    """The same cost model, if it is of several stages."""
+    """The same cost model if it has several stages, else None."""
     return cost if isinstance(cost, StagedCost) and cost.num_stages > 1 else None
 
 

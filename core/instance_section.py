@@ -14,9 +14,9 @@ from tandem.core.step_coefficients import StepCoefficients
 
 MAX_THREADS = 1024
 MAX_PARALLEL = 64
-"""Ranks that divide a layer, and stages."""
+"""Upper bound of tp and of pp."""
 MAX_INSTANCES = 10_000
-"""Of one kind: far more than a router is made for; a larger number is a mistake that would fill the memory."""
+"""Upper bound for one kind. A router is made for far fewer; a larger number is a mistake that would fill the memory."""
 
 
 class EngineSection(FrozenModel):

@@ -31,21 +31,21 @@ class KvCodec(StrEnum):
 
     @property
     def format_name(self) -> str:
-        """What two instances agree on when they link; empty for `NONE`."""
+        """The name that two instances compare when they link; empty for `NONE`."""
         return "" if self is KvCodec.NONE else f"{self.value}/{_VERSION}"
 
     @property
     def bits(self) -> int:
-        """Of one code. Not of `NONE`."""
+        """Bits of one code. Not for `NONE`."""
         return 4 if self is KvCodec.INT4 else 8
 
     @property
     def whole_tokens(self) -> int:
-        """As many of the last tokens of a prompt are not coded. Int8 loses nothing that they would bring back."""
+        """Number of a prompt's last tokens that are not coded. With int8 they would bring no accuracy back."""
         return 64 if self in (KvCodec.FP8, KvCodec.INT4) else 0
 
     def head_block_bytes(self, is_value: bool, slots: int, head_dim: int) -> int:
-        """Of the code of one head block. Not of `NONE`."""
+        """Bytes of the code of one head block. Not for `NONE`."""
         if self is KvCodec.FP8:
             parameter_bytes = SCALE_BYTES
         else:
@@ -54,7 +54,8 @@ class KvCodec(StrEnum):
         return -(-(parameter_bytes + code_bytes) // _ALIGNMENT) * _ALIGNMENT
 
     def num_coded_blocks(self, num_tokens: int, block_size: int) -> int:
-        """As many of the first blocks of `num_tokens` tokens are coded; the others are whole. Not of `NONE`."""
+        """Number of the first blocks of `num_tokens` tokens that are coded; later blocks are sent as they are. Not for
+        `NONE`."""
         if not self.whole_tokens:
             return -(-num_tokens // block_size)
         return max(0, num_tokens - self.whole_tokens) // block_size
@@ -70,7 +71,7 @@ class KvCodec(StrEnum):
         return sent_bytes / (num_tokens * token_bytes)
 
     def pair_bytes(self, slots: int, head_dim: int) -> int:
-        """Of the codes of a head block of K and of that of V."""
+        """Bytes of the codes of a head block of K and of the same block of V."""
         return sum(self.head_block_bytes(is_value, slots, head_dim) for is_value in (False, True))
 
 

@@ -53,8 +53,8 @@ class StageFrontier:
 
 @dataclass(frozen=True, slots=True)
 class KvFrontier:
-    """What is computed of an attempt, by the pipeline stages whose progress is known: the first one, and `later` ones,
-    which are behind it. Layers count from each stage's first.
+    """The computed part of an attempt's KV, for the pipeline stages whose progress is known: the first one, and `later`
+    ones, which are behind it. Layers count from each stage's first.
 
     `allocation` counts how often the attempt was given blocks: a preemption takes them away, and what was read under an
     earlier allocation is void. An attempt without blocks has allocation 0.
@@ -82,7 +82,7 @@ class KvFrontier:
 
     @property
     def known_layers(self) -> int:
-        """Of all stages whose progress is known."""
+        """Number of layers of all stages whose progress is known."""
         return sum(stage.num_layers for stage in self.stages)
 
     def covers(self, chunk: TransferChunk) -> bool:
@@ -97,7 +97,7 @@ class KvFrontier:
         )
 
     def beyond(self, earlier: "KvFrontier") -> list[TransferChunk]:
-        """What is computed now and was not earlier, in rectangles that do not overlap: at most four for each stage."""
+        """The KV that is computed here and not in `earlier`, as disjoint rectangles: at most four for each stage."""
         limits = (limit for stage in (*self.stages, *earlier.stages) for limit in (stage.blocks, stage.next_blocks))
         blocks = pairwise(sorted({0, *limits}))
         borders = {begin for frontier in (self, earlier) for begin, _ in frontier._placed()}

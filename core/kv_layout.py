@@ -65,7 +65,7 @@ class KvLayout:
         return kv_heads_of(self.num_kv_heads, self.tp, rank % self.tp)
 
     def pool_of(self, rank: int) -> "KvLayout":
-        """What that rank's pool holds, as the layout of one rank: the same blocks with its own layers and heads."""
+        """The layout of that rank's pool: the same blocks, with the rank's layers and heads."""
         if self.num_ranks == 1:
             return self
         num_layers, num_heads = len(self.layers(rank)), len(self.heads(rank))
@@ -88,7 +88,7 @@ class KvLayout:
 
     @property
     def pool_bytes(self) -> int:
-        """Of a single pool that holds everything."""
+        """Bytes of a single pool that holds everything."""
         return self.num_blocks * self.block_bytes
 
     def blocks_for(self, num_tokens: int) -> int:

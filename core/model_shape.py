@@ -126,8 +126,8 @@ class ModelShape:
         return self.layer_weights + tables * self.hidden_size
 
     def weight_bytes_per_rank(self, shape: ParallelShape) -> float:
-        """Of the fullest rank. Layers are divided over tp and pp, experts and all other weights over tp. With pp > 1
-        the embeddings and the head are on different stages. With dp > 1 only routed experts are divided."""
+        """Bytes on the fullest rank. Layers are divided over tp and pp, experts and all other weights over tp. With
+        pp > 1 the embeddings and the head are on different stages. With dp > 1 only routed experts are divided."""
         num_layers = -(-self.num_layers // shape.pp)
         num_dense = max(0, num_layers - self.num_moe_layers)  # the fullest stage has as few dense layers as possible
         layers: float = num_layers * self.attention_weights + num_dense * self.mlp_weights(self.intermediate_size)
@@ -165,12 +165,12 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """Of one token in all layers of the model, not divided over ranks."""
+        """KV bytes of one token in all layers of the model, not divided over ranks."""
         return self.num_layers * self.kv_elements_per_token_and_layer * self.kv_bytes
 
     def kv_bytes_per_token_and_rank(self, shape: ParallelShape) -> float:
-        """Of the fullest rank. With more tp ranks than KV heads the heads are replicated; every tp rank has the whole
-        latent. With dp > 1 a token's KV is on one rank: the mean over the ranks."""
+        """KV bytes on the fullest rank. With more tp ranks than KV heads the heads are replicated; every tp rank has
+        the whole latent. With dp > 1 a token's KV is on one rank: the mean over the ranks."""
         layers = -(-self.num_layers // shape.pp)
         split = 1 if self.mla is not None else min(shape.tp, self.num_kv_heads)
         return layers * self.kv_elements_per_token_and_layer * self.kv_bytes / split / shape.dp

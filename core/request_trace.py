@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 Operation = Literal["chat", "text_completion"]
-"""What a request asks for, in the words of OpenTelemetry's conventions for generative AI (gen_ai.operation.name)."""
+"""The kind of request, as OpenTelemetry's conventions for generative AI name it (gen_ai.operation.name)."""
 
 
 @dataclass(frozen=True, slots=True)

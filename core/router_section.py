@@ -102,7 +102,7 @@ class RouterSection(FrozenModel):
 
     @model_validator(mode="after")
     def _check_clients(self) -> "RouterSection":
-        """Who reaches a public port uses the machines behind it."""
+        """Raises WrongSetting for a public port that other machines reach without authentication."""
         knows_clients = self.api_keys is not None or (self.tls is not None and self.tls.client_ca is not None)
         for setting in ("http", "grpc"):
             address = getattr(self, setting)

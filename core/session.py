@@ -205,7 +205,7 @@ class LinkStats:
 
 @dataclass(frozen=True, slots=True)
 class InstanceStatus:
-    """What an instance tells every router once per heartbeat.
+    """The state of an instance, which every router gets with each heartbeat.
 
     `instance_id` is new at each start of the process, so that a restarted instance is never mistaken for the old one.
     `fingerprint` is the KV layout's, with the plan epoch if there is one: only instances with equal ones can be paired.

@@ -120,4 +120,4 @@ class RequestedSlo:
 
 
 UNSPECIFIED_SLO = RequestedSlo()
-"""Of a request that names neither a class nor targets."""
+"""The wish of a request that names neither a class nor targets."""

@@ -18,7 +18,7 @@ from tandem.core.precision import AS_STORED, Precision
 from tandem.core.slo import SloClasses
 
 MAX_REQUESTS = 10_000_000
-"""Of one simulation; more would take days."""
+"""Upper bound for one simulation; more would take days."""
 
 
 class NodeSection(FrozenModel):

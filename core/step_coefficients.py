@@ -36,7 +36,7 @@ class StepCoefficients(NamedTuple):
 
     @classmethod
     def of(cls, cost: CostModel) -> Self:
-        """From a cost model's times at the ends of the ranges."""
+        """Coefficients from a cost model's times at the ends of the ranges."""
         one_s, kv_token_s = cost.decode_coefficients(1)
         batch_s, _ = cost.decode_coefficients(_BATCH)
         slope_s = max(0.0, batch_s - one_s) / (_BATCH - 1)
@@ -65,14 +65,14 @@ def step_terms(load: StepLoad) -> tuple[float, ...]:
 
 
 def decode_step_s(costs: StepCoefficients, sequences: float, kv_tokens: float) -> float:
-    """Of a step of decoding only; `sequences` may be an expected number."""
+    """Seconds of a step that only decodes; `sequences` may be an expected number."""
     many = max(0.0, sequences - MANY_ROWS)
     rows_s = costs.sequence_s * sequences + costs.row_s * (sequences - many) + costs.many_row_s * many
     return costs.step_s + rows_s + costs.kv_token_s * kv_tokens
 
 
 def _prompt_s(cost: CostModel, num_tokens: int, start: int) -> float:
-    """Of a chunk of a prompt with `start` tokens before it."""
+    """Seconds of a prompt chunk with `start` tokens before it."""
     load = StepLoad(
         prefill_tokens=num_tokens,
         prefill_sequences=1,

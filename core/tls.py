@@ -7,7 +7,7 @@ from tandem.core.frozen_model import FrozenModel
 
 
 class PublicTls(FrozenModel):
-    """Of the ports for clients, HTTP and gRPC."""
+    """TLS of the ports for clients, HTTP and gRPC."""
 
     certificate: AnchoredFile = Field(description="This server's certificate and those between it and its authority")
     key: AnchoredFile = Field(description="The certificate's private key, which only this user should be able to read")
@@ -17,7 +17,7 @@ class PublicTls(FrozenModel):
 
 
 class ClusterTls(FrozenModel):
-    """Of the ports between processes of one cluster. Both ends of each connection show a certificate."""
+    """TLS of the ports between processes of one cluster. Both ends of each connection show a certificate."""
 
     certificate: AnchoredFile = Field(description="This process's certificate, for its server and as a client")
     key: AnchoredFile = Field(description="The certificate's private key, which only this user should be able to read")

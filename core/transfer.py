@@ -268,8 +268,8 @@ class KvHolder(Protocol):
         ...
 
     def readable(self, request_id: str, epoch: int) -> ComputedKv | Manifest:
-        """What there is of that attempt's KV now. Raises StaleEpochError if there is none, or the attempt's own
-        error."""
+        """The part of that attempt's KV that is computed now. Raises StaleEpochError if there is none, or the attempt's
+        own error."""
         ...
 
     async def acknowledge(self, request_id: str, epoch: int) -> bool:

@@ -98,8 +98,8 @@ class PairPlan:
     def arriving(
         self, block_ids: Sequence[int], num_tokens: int, max_chunk_bytes: int, part: TransferChunk | None = None
     ) -> "list[ArrivingBlocks]":
-        """What arrives by each read, of a transfer or of a part of it, which has layers of the model and blocks of the
-        source."""
+        """The blocks that arrive by each read: of a complete transfer, or of `part`, in layers of the model and blocks
+        of the source."""
         part = part or self.whole(num_tokens)
         return [
             ArrivingBlocks(self, read, targets, block_ids, num_tokens, max_chunk_bytes, part, coder)
@@ -185,7 +185,7 @@ class ArrivingBlocks(ChunkedBlocks):
                 yield kv_slice, received[theirs, :, :, heads], target, ours
 
     def _places(self, chunk: TransferChunk) -> tuple[Places, Places]:
-        """Of the chunk's tokens: in the chunk, and in the own blocks."""
+        """Places of the chunk's units: in the chunk, and in the own blocks."""
         theirs, ours = self._all_places
         there = self._resharding.units_of(chunk.blocks, self.num_tokens)
         units = slice(there.start, there.stop)
@@ -193,7 +193,7 @@ class ArrivingBlocks(ChunkedBlocks):
 
     @cached_property
     def _all_places(self) -> tuple[Places, Places]:
-        """Of all units of the transfer: in the blocks that arrive, by their number, and in the own blocks."""
+        """Places of all units of the transfer: in the arriving blocks, by number, and in the own blocks."""
         resharding = self._resharding
         units = range(resharding.num_units(self.num_tokens))
         theirs = unit_places(units, resharding.source_units, range(self.num_blocks), self._device)
@@ -262,7 +262,7 @@ def _piece_rows(words: Tensor, whole_blocks: bool) -> Offsets:
 def _piece_offsets(
     words: Tensor, rows: Offsets, block_ids: Sequence[int], at: tuple[Sequence[int], Sequence[int]]
 ) -> Offsets:
-    """Of each row and each unit."""
+    """Byte offset of each unit in each row."""
     positions, numbers = at
     blocks = np.array([block_ids[position] for position in positions], dtype=np.int64)
     block, unit = (words.stride(dim) * words.itemsize for dim in (2, 4))
@@ -273,7 +273,7 @@ def _piece_offsets(
 def _unit_views(
     words: Tensor, groups: Sequence[slice], block_ids: Sequence[int], at: tuple[Sequence[int], Sequence[int]]
 ) -> list[Tensor]:
-    """Of each group of layers and each unit."""
+    """A view of each unit in each group of layers."""
     return [
         some.select(2, block_ids[position]).select(3, number)
         for some in (words[layers] for layers in groups)

@@ -37,7 +37,7 @@ class BlockCoder:
         self.layer_block_bytes = layout.num_kv_heads * codec.pair_bytes(layout.block_size, layout.head_dim)
 
     def num_coded_blocks(self, num_tokens: int) -> int:
-        """As many of the first blocks of `num_tokens` tokens are coded; the others are whole."""
+        """Number of the first blocks of `num_tokens` tokens that are coded; later ones are sent as they are."""
         return self._codec.num_coded_blocks(num_tokens, self._layout.block_size)
 
     def encode(self, raw: Tensor, coded: Tensor, num_layers: int) -> None:

@@ -139,8 +139,8 @@ class ChunkedBlocks:
         return self.coder if chunk.blocks.start < self._num_coded else None
 
     def _unused_slots(self, chunk: TransferChunk, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Of `part`, which has the chunk's bytes: the slots after the last token, and the slot of that token. None if
-        the chunk has no such slots.
+        """Views into `part`, the chunk's bytes: the slots after the last token, and the slot of that token. None if the
+        chunk has no such slots.
 
         What is there is no KV of the request, and need not arrive.
         """

@@ -39,7 +39,7 @@ class SharedPool:
 
     @classmethod
     def open(cls, fd: int, nbytes: int) -> "SharedPool":
-        """Of a file that is not sealed yet; it gets `nbytes`. The pool owns `fd`, also when this fails."""
+        """The pool in a file that is not sealed yet, which is set to `nbytes`. The pool owns `fd`, also on failure."""
         try:
             os.ftruncate(fd, nbytes)
             mapping = mmap.mmap(fd, nbytes)

@@ -34,7 +34,7 @@ class RemotePool(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RemoteView:
-    """What `PoolView` is of a pool in this process's memory."""
+    """The counterpart of `PoolView` for a pool that is not in this process's memory."""
 
     pool: RemotePool
     kv_slice: KvSlice
@@ -57,7 +57,7 @@ class RemoteView:
 def view_over(
     pool: Tensor | RemotePool, layout: KvLayout, kv_slice: KvSlice | None = None, units: int = 1
 ) -> PoolView | RemoteView:
-    """As `PoolView.over`, of any pool."""
+    """A view over any pool; see `PoolView.over`."""
     if isinstance(pool, Tensor):
         return PoolView.over(pool, layout, kv_slice, units)
     whole = KvSlice(0, layout.num_layers, 0, layout.num_kv_heads)

@@ -92,12 +92,12 @@ def places(units: range, units_per_block: int) -> tuple[list[int], list[int]]:
 
 
 def overlap(left: range, right: range) -> range:
-    """What two ranges of step 1 have in common; empty if nothing."""
+    """The intersection of two ranges of step 1; it may be empty."""
     return range(max(left.start, right.start), min(left.stop, right.stop))
 
 
 def within(layers: range, held: range) -> range:
-    """Those of `layers` that are in `held`, counted from the first of `held`."""
+    """The layers that are in both ranges, counted from the first of `held`."""
     common = overlap(layers, held)
     return range(common.start - held.start, common.stop - held.start)
 

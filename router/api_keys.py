@@ -55,7 +55,7 @@ class KeyRateLimit:
 
 @dataclass(slots=True)
 class _KeyUse:
-    """What is counted of one key. `key` changes with the file; the counts stay."""
+    """The counts of one key. They stay when the file, and with it `key`, changes."""
 
     key: ApiKey
     num_requests: int = 0  # in progress

@@ -210,7 +210,7 @@ class Dispatcher:
     # --- events of instances -----------------------------------------------------------------------------------------
 
     def on_event(self, instance_id: str, event: SessionEvent) -> None:
-        """Those of attempts that have nothing at that instance any more are dropped."""
+        """Handles an event of an instance. Events of attempts that have ended there are dropped."""
         now_s = self._clock.now_s()
         if isinstance(event, TokenFrame):
             for item in event.items:
@@ -267,7 +267,7 @@ class Dispatcher:
             running.end(end)
 
     def closed(self, running: RunningRequest) -> None:
-        """Its consumer has had the last of it."""
+        """The consumer has received the last token, or has closed the request."""
         self.observers.finished(running.record())
 
     def now_s(self) -> float:
@@ -300,7 +300,7 @@ class Dispatcher:
 
     @property
     def expected_wait_s(self) -> float:
-        """Of a newcomer, until an instance has room for it."""
+        """Expected wait of a new request until an instance takes it."""
         return self.machine.expected_wait_s(self._clock.now_s())
 
     def refuse_new(self) -> None:

@@ -47,7 +47,7 @@ class BodyBudget:
 
 
 class HeldBody:
-    """What one request holds of a budget, until `release`."""
+    """The share of a budget that one request holds until `release`."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget

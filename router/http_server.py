@@ -30,7 +30,7 @@ def raise_descriptor_limit() -> int:
 
 
 def _connection_limit(max_connections: int) -> int:
-    """As many as wanted, and as leave enough descriptors for the rest of the process."""
+    """The configured number of connections, or fewer, so that the rest of the process has enough descriptors."""
     num_descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if num_descriptors == resource.RLIM_INFINITY:
         return max_connections

@@ -1,4 +1,4 @@
-"""What a metric is called, and the buckets of times."""
+"""Names of metrics, and the buckets of times."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What is kept of each request when it is over: for the log, for metrics and for explaining its routing."""
+"""The record of each request that has ended: for the log, for metrics and for the explanation of its routing."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ class AttemptRecord:
     began_s: float | None = None
 
     def selections(self) -> list[tuple[str, Selection]]:
-        """What has been decided for it so far, with the phase that it was decided for."""
+        """Pairs (phase, selection) of the decisions for the attempt so far."""
         found = [("both phases" if self.has_both_phases else "prefill", self.prefill_selection)]
         return found if self.decode_selection is None else [*found, ("decode", self.decode_selection)]
 
@@ -86,8 +86,8 @@ class RequestRecord:
 
     @property
     def missed_targets(self) -> tuple[str, ...] | None:
-        """Of "ttft" and "tpot". A failed request has missed all that it had. None: it does not count, because it had no
-        targets, or because its end was its client's doing."""
+        """Missed targets: "ttft", "tpot". A failed request has missed all its targets. None: the request does not
+        count, because it had no targets, or because its client has ended it."""
         if not self.slo.has_targets or self.outcome in _CLIENTS_DOING:
             return None
         timeline = self.timeline
@@ -147,7 +147,7 @@ class RequestRecord:
 
 
 def explanation(attempts: Sequence[AttemptRecord]) -> str:
-    """Of its attempts, as JSON in one line of ASCII; short enough for a header."""
+    """The selections of the attempts as one line of JSON in ASCII, short enough for a header."""
     choices = [
         {"attempt": number, "phase": phase, "instance": selection.instance_id, **_comparison(selection)}
         for number, attempt, selections in _numbered(attempts)[-_EXPLAINED_ATTEMPTS:]
@@ -188,7 +188,7 @@ class RequestObserver(Protocol):
     def finished(self, record: RequestRecord) -> None: ...
 
     def refused(self, error: TandemError, record: RequestRecord | None = None) -> None:
-        """It was not accepted. None: it did not get as far as token ids."""
+        """The request was refused. `record` None: it was refused before its prompt was tokenized."""
         ...
 
 
@@ -231,8 +231,7 @@ class RequestLog:
         return [self._records[request_id] for request_id in islice(reversed(self._records), count)]
 
     def explain(self, request_id: str) -> str:
-        """What became of it, where its time went, and why it ran where it ran, for a person. Empty if it is not
-        remembered."""
+        """The request's outcome, timeline and routing decisions as text; empty if the log does not have it."""
         record = self._records.get(request_id)
         if record is None:
             return ""

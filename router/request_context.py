@@ -1,4 +1,4 @@
-"""What is known of an HTTP request besides its body."""
+"""The properties of an HTTP request besides its body."""
 
 from dataclasses import dataclass
 

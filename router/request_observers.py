@@ -1,4 +1,4 @@
-"""Those who hear of every request when it is over: metrics, logs, traces."""
+"""Observers of ended requests: metrics, logs, traces."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class RequestObservers:
-    """What is only counted or written down does not fail a request: an observer's error is logged."""
+    """Calls all observers. An observer's error is logged, so that it does not fail the request."""
 
     def __init__(self, observers: Sequence[RequestObserver]) -> None:
         self._observers = list(observers)
 
     def add(self, observer: RequestObserver) -> None:
-        """It hears of the requests that end from now on."""
+        """Add an observer of the requests that end from now on."""
         self._observers.append(observer)
 
     def finished(self, record: RequestRecord) -> None:
@@ -27,7 +27,7 @@ class RequestObservers:
     def refused(
         self, error: TandemError, request: GenerationRequest, *, received_s: float, now_s: float, client: str
     ) -> None:
-        """It was not accepted, and never ran."""
+        """The request was refused, and never ran."""
         record = RequestRecord(
             request_id=request.request_id,
             outcome=error.code,

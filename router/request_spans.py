@@ -115,7 +115,7 @@ def _events(record: RequestRecord) -> list[tuple[str, float, "Attributes"]]:
 
 
 def _part_attributes(record: RequestRecord, name: str, end_s: float) -> "Attributes":
-    """Where that part ran, in the attempt that brought the request to its end."""
+    """Attributes with the instance on which that part ran."""
     attempt = _attempt_at(record, end_s)
     if attempt is None:
         return {}

@@ -101,7 +101,7 @@ class RunningRequest:
         return explanation([record for _, record in self._attempts])
 
     def record(self) -> RequestRecord:
-        """What is kept of it."""
+        """The record of the ended request."""
         error = self._end if isinstance(self._end, TandemError) else None
         reason = self.finish_reason or FinishReason.CANCELLED
         for attempt, record in self._attempts:
@@ -128,7 +128,7 @@ class RunningRequest:
     def begin_attempt(
         self, attempt: Attempt, instance_id: str, selection: Selection, now_s: float
     ) -> GenerationRequest:
-        """What to send: prompt and generated tokens go in, what follows them comes out."""
+        """The request of a new attempt, which continues after the prompt and all tokens generated so far."""
         request, sampling = replace(self.request, slo=attempt.request.effective_slo), self.request.sampling
         if self._attempts:
             if self._output_ids and sampling.prompt_logprobs is not None:
@@ -162,7 +162,7 @@ class RunningRequest:
         return self._attempt_request
 
     def add_first_token(self, event: PrefillFinished, now_s: float) -> None:
-        """Of an attempt."""
+        """The first token of an attempt has arrived."""
         self.timeline_recorder.first_token(event, now_s)
         if not self._output_ids:
             self.prompt_logprobs = event.prompt_logprobs
@@ -175,7 +175,7 @@ class RunningRequest:
         record.transfer_bytes, record.streamed_bytes = event.transfer_bytes, event.streamed_bytes
 
     def hold_tokens(self, item: NewTokens) -> None:
-        """Until the first one of the attempt is here."""
+        """Hold tokens until the first token of the attempt has arrived."""
         self._early_tokens.append(item)
 
     def take_early_tokens(self) -> list[NewTokens]:
@@ -183,13 +183,13 @@ class RunningRequest:
         return early
 
     def add_tokens(self, item: NewTokens, now_s: float) -> None:
-        """After the first one of the attempt."""
+        """Tokens after the attempt's first one have arrived."""
         if item.queue_s is not None:
             self.timeline_recorder.decode_admitted(item.queue_s, now_s)
         self._add(item.tokens, item.finish_reason, now_s)
 
     def end(self, end: FinishReason | TandemError | None) -> None:
-        """Nothing of it runs on any instance any more. None: its last token is here."""
+        """The request has ended on all instances. None: its last token has arrived."""
         self._end = end or self._last_reason
         assert self._end is not None, "a request has all its tokens when one of them says so"
         self._wake_consumer()

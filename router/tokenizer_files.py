@@ -265,7 +265,7 @@ def _eos_token_ids(
     config: Mapping[str, Any],
     generation_config: Mapping[str, Any],
 ) -> frozenset[int]:
-    """Those of all files: a model may end an answer with any of them."""
+    """End-of-sequence tokens of all files: a model may end an answer with any of them."""
     found: set[int] = set()
     for name, source in (("config.json", config), ("generation_config.json", generation_config)):
         value = source.get("eos_token_id")

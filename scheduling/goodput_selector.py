@@ -187,7 +187,7 @@ class GoodputSelector(InstanceSelector):
         failures: Mapping[str, float],
         now_s: float,
     ) -> Estimate | None:
-        """Of a pair of `prefill` and the best of `decodes` that can read its KV; None if none can."""
+        """Estimate for `prefill` with the best of `decodes` that can read its KV; None if none can."""
         refused = self.failures.incompatible_readers(prefill.instance_id)
         readers = [
             each

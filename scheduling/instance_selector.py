@@ -159,8 +159,8 @@ class InstanceSelector:
         return self._find(self._prefills, query._replace(exclude=excluded), hand_over=True)
 
     def _prefill_query(self, request: RoutedRequest, needed_tokens: int, failures: Mapping[str, float]) -> PrefillQuery:
-        """Of all prefill instances, with credit or without, but not of those whose links are all suspect if there are
-        others."""
+        """A query over all prefill instances, with credit or without. It excludes instances whose links are all
+        suspect, if there are others."""
         if self.failures:
             failures = self.failures.of_prefills(failures, self.instances)
         query = PrefillQuery(

@@ -226,8 +226,8 @@ def choose_decode(
 
 
 def selection_of(scored: Collection[Scored], refused: Mapping[str, str], others: int = 0) -> Selection:
-    """Of the lowest rank. `refused` has the reason for each instance that cannot take the request; `others` counts the
-    instances that are in neither argument."""
+    """Selects the lowest rank. `refused` has the reason for each instance that cannot take the request; `others`
+    counts the instances that are in neither argument."""
     candidates: list[Candidate] = []
     best = min((each.rank for each in scored), default=None)
     for each in sorted(scored, key=lambda each: each.rank):

@@ -1,4 +1,4 @@
-"""What the ranks of one instance exchange during a step. The implementation is passed to the engine."""
+"""The exchange of tensors between the ranks of one instance during a step. The engine gets an implementation."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -29,8 +29,8 @@ class Collectives(Protocol):
         ...
 
     def send(self, to_rank: int, x: Tensor) -> None:
-        """`x` may be overwritten when the call has returned, on CUDA by later work of the same stream. Waits for the
-        receiver at most until it has taken what was sent before."""
+        """Send `x`, which may be overwritten once the call has returned, on CUDA by later work of the same stream.
+        Waits at most until the receiver has received earlier tensors."""
         ...
 
     def receive(self, from_rank: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -41,7 +41,7 @@ class Collectives(Protocol):
 
 
 class NoCollectives:
-    """Of an instance of one rank: there is nothing to exchange."""
+    """For an instance of one rank, which exchanges nothing."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

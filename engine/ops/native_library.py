@@ -195,6 +195,6 @@ def _declare(library: ctypes.CDLL) -> None:
 
 
 def _completed(result: int) -> None:
-    """What a function of the library has returned. Raises MemoryError."""
+    """Checks the result of a library function. Raises MemoryError."""
     if result:
         raise MemoryError("A native kernel has no memory for its working data")

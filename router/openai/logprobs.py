@@ -57,7 +57,8 @@ class LegacyLogprobs:
         }
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """Where two tokens have one name, the less likely one is named after its id."""
+        """Names of the likeliest tokens with their log-probabilities. If two tokens have one name, the less likely one
+        is named by its id."""
         top = {self._name(logprob.token_id): finite(logprob.logprob)}
         for token_id, value in logprob.top:
             if token_id != logprob.token_id:

@@ -46,7 +46,7 @@ _HEADERS: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """What is served beside the API. `open_paths` need no API key."""
+    """Routes that are served beside the API. `open_paths` need no API key."""
 
     routes: tuple[Route, ...] = ()
     open_paths: frozenset[str] = frozenset()

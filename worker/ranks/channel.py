@@ -85,7 +85,7 @@ class RankAssignment:
 
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
-    """What ranks of one instance must have in common to compute together. `weights_hash` is empty where a rank has not
+    """Properties that all ranks of an instance must have in common. `weights_hash` is empty where a rank has not
     read all files: one rank of each host does."""
 
     weights_hash: str

@@ -104,7 +104,7 @@ class RankGroup:
         self._watching.start()
 
     def engine_config(self) -> EngineConfig:
-        """Of rank 0. Raises ConfigError."""
+        """The configuration of rank 0. Raises ConfigError."""
         return engine_config(self._model, self._section, 0, self._hosts)
 
     def place(self) -> RankPlace:

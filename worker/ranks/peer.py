@@ -1,4 +1,4 @@
-"""What rank 0 knows of another rank of its instance."""
+"""Another rank of the instance, as rank 0 knows it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -23,9 +23,9 @@ _HOST = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class MeetingPlace:
-    """What all ranks of an instance on one host share: `region`, and the file `store_fd` through which process groups
-    connect, the caller's. Like the region it has no name: it vanishes with the last process that has it, however that
-    ends."""
+    """Connects the ranks of an instance on one host. They share `region`, and the file `store_fd` through which process
+    groups connect; the file is the caller's. Like the region it has no name, and vanishes with the last process that
+    has it, however that process ends."""
 
     shape: ParallelShape
     region: SharedRegion
@@ -50,8 +50,8 @@ class MeetingPlace:
 
 @dataclass(frozen=True, slots=True)
 class HostsMeetingPlace:
-    """What a rank of an instance on several hosts meets the others by: `region`, which it shares with the ranks of its
-    host, and `store`. gloo listens on `address`, where the other hosts reach this one."""
+    """Connects a rank of an instance on several hosts with the other ranks: by `region`, which it shares with the ranks
+    of its host, and by `store`. gloo listens on `address`, where the other hosts reach this one."""
 
     hosts: RankHosts
     region: SharedRegion
@@ -68,7 +68,7 @@ class HostsMeetingPlace:
 
 
 def engine_config(model: Path, section: EngineSection, rank: int = 0, hosts: RankHosts | None = None) -> EngineConfig:
-    """Of one rank of an instance; `hosts` None: all ranks are on this host. Raises ConfigError."""
+    """The configuration of one rank; `hosts` None: all ranks are on this host. Raises ConfigError."""
     device, num_ranks = section.device, section.shape.num_ranks
     of_host = range(num_ranks) if hosts is None else hosts.ranks_of(hosts.host_of(rank))
     if num_ranks > 1 and choose_device(device).type == "cuda":

@@ -35,7 +35,7 @@ class RankStore(Store):
         self._keep(key, data)
 
     def put(self, encoded: bytes) -> None:
-        """What another rank has set."""
+        """Keep a value that another rank has set."""
         (length,) = _KEY_LENGTH.unpack_from(encoded)
         name = encoded[_KEY_LENGTH.size : _KEY_LENGTH.size + length]
         self._keep(name.decode(), encoded[_KEY_LENGTH.size + length :])
