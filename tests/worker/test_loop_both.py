@@ -8,15 +8,15 @@ from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import ManualClock
 from tandem.core.errors import CancelledError
 from tandem.core.request import FinishReason, GenerationRequest, SampledToken, SamplingParams
-from tandem.core.session import KvSource, PrefillFinished, PrefillStarted, Role, Submit, TokenFrame
+from tandem.core.session import KvSource, PrefillFinished, PrefillStarted, Role, Submit
 from tandem.core.transfer import Transport
 from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.prefill_worker.held_kv import KvReady
 from tandem.scheduling.budget import Mixing, role_budget
 from tandem.worker.loop import InstanceLoop
 from tandem.worker.loop_messages import CancelFetch, LoopEvent, Release, SendEvent, SubmitAttempt
-from tests.fakes import LAYOUT, FakeEngine, next_token
-from tests.worker.loop_turn import turn
+from tests.fakes import LAYOUT, FakeEngine
+from tests.worker.loop_turn import answer, tokens_after, turn
 
 SOURCE = KvSource("prefill-1", "127.0.0.1:1")
 KINDS = ("hand_over", "remote", "both")
@@ -59,29 +59,9 @@ def arrived(handle: int) -> KvArrived:
     return KvArrived(AttemptId(0, handle), SampledToken(50), 0.1, 1000, Transport.SHARED_MEMORY, 0, 0.0)
 
 
-def answer(events: list[LoopEvent], handle: int) -> tuple[list[int], FinishReason | None]:
-    tokens: list[int] = []
-    reason: FinishReason | None = None
-    for event in events:
-        match event:
-            case SendEvent(_, PrefillFinished() as finished) if finished.handle == handle:
-                tokens.append(finished.token.token_id)
-                reason = finished.finish_reason
-            case SendEvent(_, TokenFrame(items)):
-                for item in items:
-                    if item.handle == handle:
-                        tokens += [token.token_id for token in item.tokens]
-                        reason = item.finish_reason or reason
-    return tokens, reason
-
-
 def expected(num_prompt: int, first: int | None, count: int) -> list[int]:
-    """What the fake model generates after `first`, or from the prompt on."""
-    tokens = [*range(1, num_prompt + 1)] + ([] if first is None else [first])
-    begin = len(tokens)
-    for _ in range(count):
-        tokens.append(next_token(tokens[-1:], len(tokens)))
-    return tokens[begin:]
+    """What the fake engine generates after the prompt, or after `first` behind it."""
+    return tokens_after([*range(1, num_prompt + 1), *([] if first is None else [first])], count)
 
 
 def test_both_phases_of_a_request_on_one_instance() -> None:

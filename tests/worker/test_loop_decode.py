@@ -15,8 +15,8 @@ from tandem.decode_worker.fetcher import Fetch, FetchFailed, KvArrived
 from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import InstanceLoop
 from tandem.worker.loop_messages import CancelFetch, LoopEvent, Release, SendEvent, SubmitAttempt
-from tests.fakes import EOS, LAYOUT, FakeEngine, next_token
-from tests.worker.loop_turn import turn
+from tests.fakes import EOS, LAYOUT, FakeEngine
+from tests.worker.loop_turn import answer, tokens_after, turn
 
 PROMPT = tuple(range(1, 11))
 SOURCE = KvSource("prefill-1", "127.0.0.1:1")
@@ -39,26 +39,6 @@ def arrived(handle: int, token_id: int = 50, session: int = 0) -> KvArrived:
     return KvArrived(AttemptId(session, handle), SampledToken(token_id), 0.1, 1000, Transport.SHARED_MEMORY, 0, 0.0)
 
 
-def expected(prompt: tuple[int, ...], first: int, count: int) -> list[int]:
-    """What the fake model generates after `first`."""
-    tokens = [*prompt, first]
-    for _ in range(count):
-        tokens.append(next_token(tokens[-1:], len(tokens)))
-    return tokens[len(prompt) + 1 :]
-
-
-def generated(events: list[LoopEvent], handle: int) -> tuple[list[int], FinishReason | None]:
-    tokens: list[int] = []
-    reason = None
-    for event in events:
-        if isinstance(event, SendEvent) and isinstance(event.event, TokenFrame):
-            for item in event.event.items:
-                if item.handle == handle:
-                    tokens += [token.token_id for token in item.tokens]
-                    reason = item.finish_reason or reason
-    return tokens, reason
-
-
 def test_an_attempt_reserves_fetches_and_generates_to_the_end() -> None:
     loop = make(FakeEngine())
     loop.apply(submit(1))
@@ -70,7 +50,7 @@ def test_an_attempt_reserves_fetches_and_generates_to_the_end() -> None:
     loop.apply(arrived(1))
     events = [event for _ in range(4) for event in turn(loop)]
     assert events[0] == SendEvent(0, TransferCommitted(1, 0.1, 1000, "shared_memory"))
-    assert generated(events, 1) == (expected(PROMPT, 50, 3), FinishReason.LENGTH)
+    assert answer(events, 1) == (tokens_after((*PROMPT, 50), 3), FinishReason.LENGTH)
     assert loop.report.blocks.free == LAYOUT.num_blocks
 
 
@@ -93,8 +73,8 @@ def test_end_of_sequence_ends_and_is_ignored_on_request() -> None:
     loop.apply(arrived(1))
     loop.apply(arrived(2))
     events = [event for _ in range(4) for event in turn(loop)]
-    assert generated(events, 1) == ([EOS], FinishReason.STOP)
-    assert generated(events, 2) == ([EOS] * 3, FinishReason.LENGTH)
+    assert answer(events, 1) == ([EOS], FinishReason.STOP)
+    assert answer(events, 2) == ([EOS] * 3, FinishReason.LENGTH)
 
 
 def test_releasing_while_the_transfer_writes_keeps_the_blocks_until_it_has_left() -> None:
@@ -169,7 +149,7 @@ def test_a_failed_step_fails_its_requests_and_the_next_one_works() -> None:
     loop.apply(submit(2))
     turn(loop)
     loop.apply(arrived(2))
-    assert generated([event for _ in range(3) for event in turn(loop)], 2)[1] is FinishReason.LENGTH
+    assert answer([event for _ in range(3) for event in turn(loop)], 2)[1] is FinishReason.LENGTH
 
 
 @settings(max_examples=40, deadline=None)
@@ -190,5 +170,5 @@ def test_memory_pressure_changes_no_token(shapes: list[tuple[int, int]], max_bat
                 loop.apply(arrived(event.attempt_id.handle))
     for handle, (num_prompt, max_tokens) in enumerate(shapes):
         prompt = tuple(range(1, num_prompt + 1))
-        assert generated(events, handle) == (expected(prompt, 50, max_tokens - 1), FinishReason.LENGTH)
+        assert answer(events, handle) == (tokens_after((*prompt, 50), max_tokens - 1), FinishReason.LENGTH)
     assert loop.report.blocks.free == layout_blocks

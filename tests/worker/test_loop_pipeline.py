@@ -8,16 +8,16 @@ import pytest
 from tandem.core.attempt_id import AttemptId
 from tandem.core.clock import ManualClock
 from tandem.core.request import GenerationRequest, SampledToken, SamplingParams
-from tandem.core.session import KvSource, PrefillFinished, Role, Submit, TokenFrame
+from tandem.core.session import KvSource, Role, Submit
 from tandem.core.transfer import Transport
 from tandem.decode_worker.fetcher import Fetch, KvArrived
 from tandem.engine.step import SequenceSlice, StepOutput
 from tandem.scheduling.batch_composer import MIN_GROUP
 from tandem.scheduling.budget import role_budget
 from tandem.worker.loop import MAX_FAILED_STEPS, InstanceLoop
-from tandem.worker.loop_messages import LoopEvent, Release, SendEvent, SubmitAttempt
-from tests.fakes import LAYOUT, FakeEngine, next_token
-from tests.worker.loop_turn import turn
+from tandem.worker.loop_messages import LoopEvent, Release, SubmitAttempt
+from tests.fakes import LAYOUT, FakeEngine
+from tests.worker.loop_turn import answer, tokens_after, turn
 
 
 @dataclass
@@ -55,22 +55,8 @@ def submit(handle: int, num_prompt: int = 4, max_tokens: int = 8, kv: KvSource |
     return SubmitAttempt(AttemptId(0, handle), Submit(handle, request, kv))
 
 
-def tokens_of(events: list[LoopEvent], handle: int) -> list[int]:
-    tokens: list[int] = []
-    for event in events:
-        match event:
-            case SendEvent(_, PrefillFinished() as finished) if finished.handle == handle:
-                tokens.append(finished.token.token_id)
-            case SendEvent(_, TokenFrame(items)):
-                tokens += [token.token_id for item in items if item.handle == handle for token in item.tokens]
-    return tokens
-
-
 def expected(handle: int, num_prompt: int, count: int) -> list[int]:
-    tokens = list(prompt(handle, num_prompt))
-    for _ in range(count):
-        tokens.append(next_token(tokens[-1:], len(tokens)))
-    return tokens[num_prompt:]
+    return tokens_after(prompt(handle, num_prompt), count)
 
 
 def drawn_in(step: list[SequenceSlice]) -> set[int]:
@@ -95,7 +81,7 @@ def test_each_stage_has_a_group_of_its_own(num_stages: int, num_sequences: int) 
         if 30 < number < 45:  # all decode, and have found their groups
             sizes.update(map(len, groups))
     assert sizes == {num_sequences if num_sequences <= MIN_GROUP else num_sequences // num_stages}
-    answers = [tokens_of(events, handle) for handle in range(num_sequences)]
+    answers = [answer(events, handle)[0] for handle in range(num_sequences)]
     assert answers == [expected(handle, 4, 40) for handle in range(num_sequences)]
     loop.idle()
     assert loop.report.is_empty
@@ -110,7 +96,7 @@ def test_chunks_of_a_prompt_follow_each_other() -> None:
     turn(loop)
     assert [(part.start, len(part.token_ids)) for step in engine.steps for part in step] == [(0, 8), (8, 8)]
     events = [event for _ in range(20) for event in turn(loop)]
-    assert tokens_of(events, 1) == expected(1, 40, 3)
+    assert answer(events, 1)[0] == expected(1, 40, 3)
 
 
 def test_blocks_of_a_step_under_way_are_not_reused() -> None:
@@ -131,7 +117,7 @@ def test_blocks_of_a_step_under_way_are_not_reused() -> None:
     assert not engine.under_way
     loop.apply(KvArrived(fetch.attempt_id, SampledToken(50), 0.1, 1000, Transport.SHARED_MEMORY, 0, 0.0))
     events = [event for _ in range(20) for event in turn(loop)]
-    assert len(tokens_of(events, 2)) == 7
+    assert len(answer(events, 2)[0]) == 7
     loop.idle()
     assert loop.report.blocks.free == loop.report.blocks.total
 
