@@ -87,12 +87,65 @@ def test_a_plan_for_gpus(gpu_plan: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert colocated["resources"]["limits"]["nvidia.com/gpu"] == 2
 
 
+def devices(**per_node: int) -> list[str]:
+    """Of one instance: `a=2` are two of the node a."""
+    return [f"{node}:{index}" for node, number in per_node.items() for index in range(number)]
+
+
+def test_an_instance_on_several_nodes_has_several_pods(gpu_plan: Path, tmp_path: Path) -> None:
+    """Instances of a kind that are not divided over nodes alike are groups of their own."""
+    shape = {"role": "colocated", "device": "H100-80GB-SXM5", "tp": 2, "pp": 3, "kv_tokens": 500_000}
+    on_nodes = [devices(a=4, b=2), devices(c=6), devices(d=2, e=2, f=2), devices(g=4, h=2), devices(i=6)]
+    groups = [shape | {"instances": len(on_nodes), "devices": on_nodes}]
+    gpu_plan.write_text(yaml.safe_dump(GPU_PLAN | {"groups": groups}))
+    values = tmp_path / "values.yaml"
+    assert main(["render-k8s", str(gpu_plan), "-o", str(values), *FROM_CLAIM]) == 0
+    workers = yaml.safe_load(values.read_text())["workers"]
+    assert workers["kind"] == "LeaderWorkerSet"
+    assert [(each["name"], each["replicas"], each.get("ranksPerPod"), each["gpus"]) for each in workers["groups"]] == [
+        ("colocated-0", 2, [4, 2], 6),
+        ("colocated-1", 2, None, 6),
+        ("colocated-2", 1, [2, 2, 2], 6),
+    ]
+    cpus = [int(each["resources"]["requests"]["cpu"]) for each in workers["groups"]]
+    memory = [int(each["resources"]["limits"]["memory"].removesuffix("Mi")) for each in workers["groups"]]
+    assert cpus == [4, 6, 2], "the ranks of the largest pod"
+    assert memory == pytest.approx([memory[1] * number / 6 for number in cpus], abs=1)
+    documents = render(values)
+    assert [mistake for document in documents for mistake in mistakes_of(document, "1.34")] == []
+    sizes = [
+        document["spec"]["leaderWorkerTemplate"]["size"]
+        for document in documents
+        if document["kind"] == "LeaderWorkerSet"
+    ]
+    assert sizes == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("per_node", "per_pod"),
+    [({"a": 6}, None), ({"a": 2, "b": 1, "c": 2}, [1, 2, 2]), ({"a": 4, "b": 2, "c": 2}, [4, 2, 2])],
+)
+def test_the_pod_that_is_unlike_the_others_is_the_first(
+    per_node: dict[str, int], per_pod: list[int] | None, gpu_plan: Path, tmp_path: Path
+) -> None:
+    group = {"role": "colocated", "device": "H100-80GB-SXM5", "pp": sum(per_node.values()), "kv_tokens": 500_000}
+    groups = [group | {"instances": 1, "devices": [devices(**per_node)]}]
+    gpu_plan.write_text(yaml.safe_dump(GPU_PLAN | {"groups": groups}))
+    values = tmp_path / "values.yaml"
+    assert main(["render-k8s", str(gpu_plan), "-o", str(values), *FROM_CLAIM]) == 0
+    assert yaml.safe_load(values.read_text())["workers"]["groups"][0].get("ranksPerPod") == per_pod
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"verdict": "infeasible", "summary": "too slow."}, "this plan misses its targets (too slow)"),
         ({"groups": [], "verdict": "infeasible"}, "the plan has no instances"),
         ({"groups": [GPU_PLAN["groups"][0] | {"dp": 2}, GPU_PLAN["groups"][1]]}, "divides experts over ranks"),
+        (
+            {"groups": [GPU_PLAN["groups"][2] | {"pp": 3, "devices": [devices(a=1, b=2, c=3)]}]},
+            "1, 2, 3 ranks on its nodes; all pods of an instance but the first are alike",
+        ),
     ],
 )
 def test_a_plan_that_cannot_run(
