@@ -182,7 +182,7 @@ class WorkerDefaults(Scheduling):
     ranksPerPod: list[Annotated[int, Field(ge=1)]] = Field(
         default=[],
         description="Ranks in each pod of an instance that no node has room for, rank 0's pod first, all others alike; "
-        "together instance.engine.tp x pp. Needs workers.kind LeaderWorkerSet. Empty: one pod has all",
+        "together instance.engine.tp x pp. Needs workers.kind LeaderWorkerSet or RayCluster. Empty: one pod has all",
     )
     gpus: int = Field(default=0, ge=0, description="Of each instance: instance.engine.tp x pp")
     gpuResource: str = Field(default="nvidia.com/gpu", description="As the device plugin calls a GPU")

@@ -143,7 +143,14 @@ def test_every_value_is_explained() -> None:
                 ],
                 f"'prefill' has instances of 2 pods, and those of a {kind} have one; set workers.kind",
             )
-            for kind in ("Deployment", "Controller", "RayCluster")
+            for kind in ("Deployment", "Controller")
+        ),
+        (
+            [
+                "workers.kind='RayCluster'",
+                "workers.defaults={'ranksPerPod': [2, 1], 'instance': {'engine': {'tp': 3}}}",
+            ],
+            "'prefill' has other ranksPerPod in each pod, [2,1]; all pods of a group of a RayCluster are alike",
         ),
         (
             [

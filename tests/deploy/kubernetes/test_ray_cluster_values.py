@@ -9,6 +9,7 @@ import pytest
 
 from tandem.core.config import RouterConfig, ServeConfig
 from tandem.core.config_file import load_config
+from tandem.core.errors import UnavailableError
 from tandem.deploy.node_placement import NodePlacement, RayNode
 from tandem.deploy.topology import Machine, plan_processes
 from tests.deploy.kubernetes.manifests import CHART, NAMESPACE, ROOT, Document, find, kuberay_mistakes, render
@@ -61,7 +62,7 @@ def test_each_instance_has_a_pod_of_its_group(documents: tuple[Document, ...], t
     config = load_config(settings_of(spec["headGroupSpec"]["template"], tmp_path), ServeConfig)
     assert config.cluster_token == "file:/run/secrets/tandem/token"
     processes = plan_processes(config, Machine(cores=8, gpus=1, nodes=2))  # the others are still starting
-    assert {process.gpus for process in processes} == {1.0}
+    assert {process.gpus for process in processes} == {1.0, 8.0}
     nodes = []
     for group in spec["workerGroupSpecs"]:
         parameters = group["rayStartParams"]
@@ -69,9 +70,13 @@ def test_each_instance_has_a_pod_of_its_group(documents: tuple[Document, ...], t
         resources |= json.loads(json.loads(parameters["resources"]))
         nodes += [RayNode(f"{group['groupName']}-{i}", "10.0.0.1", resources) for i in range(group["replicas"])]
     placement = NodePlacement()
-    placed = {process.name: placement.choose(process, nodes).node_id for process in processes}
+    (wide,) = (process for process in processes if process.gpus == 8.0)
+    placed = {process.name: placement.choose(process, nodes).node_id for process in processes if process is not wide}
     assert len(placed) == 8
     assert placed == {name: name for name in placed}
+    with pytest.raises(UnavailableError):
+        placement.choose(wide, nodes)
+    assert placement.spread(wide, nodes) == (4, 4)
 
 
 def test_routers_find_the_controller(documents: tuple[Document, ...], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ own need wget in the image.
 ) | toYaml -}}
 {{- end -}}
 
-{{- /* Ray's name for a pod of a group, which has room for one instance. */ -}}
+{{- /* Ray's name for a pod of a group, which has room for one instance, or for the ranks of one. */ -}}
 {{- define "tandem.rayResource" -}}
 tandem-{{ .name }}
 {{- end -}}
@@ -90,7 +90,7 @@ spec:
 {{- /* A PodTemplateSpec; takes root and group (with its defaults). */ -}}
 {{- define "tandem.rayWorkerPod" -}}
 {{- $root := .root -}}
-{{- $group := .group -}}
+{{- $group := include "tandem.groupOfPod" (dict "group" .group "pod" 0) | fromJson -}}{{- /* all its pods are alike */ -}}
 metadata:
   labels:
     {{- include "tandem.labels" $root | nindent 4 }}

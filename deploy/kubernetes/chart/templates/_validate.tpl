@@ -35,8 +35,11 @@
 {{- if gt (len (rest . | uniq)) 1 -}}
 {{- fail (printf "workers.groups: '%s' has other ranksPerPod in each pod, %s; all pods but the first need the same number" $name (toJson .)) -}}
 {{- end -}}
-{{- if and (gt (len .) 1) (ne $kind "LeaderWorkerSet") -}}
-{{- fail (printf "workers.groups: '%s' has instances of %d pods, and those of a %s have one; set workers.kind to LeaderWorkerSet" $name (len .) $kind) -}}
+{{- if and (gt (len (uniq .)) 1) (eq $kind "RayCluster") -}}
+{{- fail (printf "workers.groups: '%s' has other ranksPerPod in each pod, %s; all pods of a group of a RayCluster are alike" $name (toJson .)) -}}
+{{- end -}}
+{{- if and (gt (len .) 1) (has $kind (list "Deployment" "Controller")) -}}
+{{- fail (printf "workers.groups: '%s' has instances of %d pods, and those of a %s have one; set workers.kind to LeaderWorkerSet or RayCluster" $name (len .) $kind) -}}
 {{- end -}}
 {{- if and (gt (len .) 1) (eq (default "auto" $transport) "shared_memory") -}}
 {{- fail (printf "workers.groups: '%s' has instances of %d pods, whose KV others cannot reach by shared_memory; leave out instance.transport" $name (len .)) -}}

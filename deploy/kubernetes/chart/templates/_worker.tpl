@@ -15,6 +15,15 @@ tandem.serve/group: {{ .group.name }}
 {{- if gt (len .ranksPerPod) 1 }}true{{ end -}}
 {{- end -}}
 
+{{- /* A group as the pod of this number within an instance has it, as JSON: with the GPUs of its ranks. Takes group and pod. */ -}}
+{{- define "tandem.groupOfPod" -}}
+{{- $group := .group -}}
+{{- if and $group.gpus (include "tandem.hasRanksPods" $group) -}}
+{{- $group = merge (dict "gpus" (index $group.ranksPerPod .pod)) $group -}}
+{{- end -}}
+{{- $group | toJson -}}
+{{- end -}}
+
 {{- /* Threads of an instance of a group: each of its ranks has its part of its pod's cores. */ -}}
 {{- define "tandem.threads" -}}
 {{- $threads := include "tandem.cores" . | int -}}
@@ -144,7 +153,7 @@ livenessProbe:  # a stalled step is none of its business: the process ends a hun
   failureThreshold: 6
 {{- end -}}
 
-{{- /* Takes a group, with the GPUs of a pod. */ -}}
+{{- /* Takes a group, as `tandem.groupOfPod` gives it. */ -}}
 {{- define "tandem.workerResources" -}}
 requests:
   {{- toYaml .resources.requests | nindent 2 }}
@@ -169,10 +178,6 @@ limits:
 {{- if eq $pod 0 -}}
 {{- $ip := dict "name" "POD_IP" "valueFrom" (dict "fieldRef" (dict "fieldPath" "status.podIP")) -}}
 {{- $environment = prepend $environment $ip -}}
-{{- end -}}
-{{- $resources := $group -}}
-{{- if and $group.gpus $hasRanksPods -}}
-{{- $resources = merge (dict "gpus" (index $group.ranksPerPod $pod)) $group -}}
 {{- end -}}
 metadata:
   labels:
@@ -213,7 +218,7 @@ spec:
       {{- include "tandem.workerProbes" $root | nindent 6 }}
       {{- end }}
       resources:
-        {{- include "tandem.workerResources" $resources | nindent 8 }}
+        {{- include "tandem.workerResources" (include "tandem.groupOfPod" (dict "group" $group "pod" $pod) | fromJson) | nindent 8 }}
       securityContext: {{- include "tandem.containerSecurity" (ternary (list "IPC_LOCK") list (ne $group.rdma.resource "")) | nindent 8 }}
       volumeMounts:
         {{- include "tandem.volumeMounts" $root | nindent 8 }}
