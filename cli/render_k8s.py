@@ -43,8 +43,8 @@ def run(
     settings: Settings,
 ) -> int:
     """Write the values of Tandem's Helm chart for a plan: a group of workers for each kind of instances, with the
-    settings that `tandem serve` would give them, their devices and memory. With --manifests, also what `kubectl apply`
-    takes."""
+    settings that `tandem serve` would give them, their devices and memory. An instance on several nodes of the plan
+    becomes several pods of a LeaderWorkerSet. With --manifests, also what `kubectl apply` takes."""
     plan = read_plan(file)
     if output is None and Path("values.yaml").exists():
         raise ConfigError("values.yaml exists already; name it with -o values.yaml to replace it")

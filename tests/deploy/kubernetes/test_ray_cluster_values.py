@@ -9,8 +9,7 @@ import pytest
 
 from tandem.core.config import RouterConfig, ServeConfig
 from tandem.core.config_file import load_config
-from tandem.core.errors import UnavailableError
-from tandem.deploy.node_placement import NodePlacement, RayNode
+from tandem.deploy.node_placement import NodePlacement, RayNode, Seat
 from tandem.deploy.topology import Machine, plan_processes
 from tests.deploy.kubernetes.manifests import CHART, NAMESPACE, ROOT, Document, find, kuberay_mistakes, render
 
@@ -70,13 +69,11 @@ def test_each_instance_has_a_pod_of_its_group(documents: tuple[Document, ...], t
         resources |= json.loads(json.loads(parameters["resources"]))
         nodes += [RayNode(f"{group['groupName']}-{i}", "10.0.0.1", resources) for i in range(group["replicas"])]
     placement = NodePlacement()
-    (wide,) = (process for process in processes if process.gpus == 8.0)
-    placed = {process.name: placement.choose(process, nodes).node_id for process in processes if process is not wide}
+    placed = {process.name: placement.choose(process, nodes) for process in processes}
+    wide = placed.pop("colocated-0")
     assert len(placed) == 8
-    assert placed == {name: name for name in placed}
-    with pytest.raises(UnavailableError):
-        placement.choose(wide, nodes)
-    assert placement.spread(wide, nodes) == (4, 4)
+    assert placed == {name: (Seat(name, 1),) for name in placed}
+    assert sorted(wide, key=str) == [Seat("wide-0", 4), Seat("wide-1", 4)]
 
 
 def test_routers_find_the_controller(documents: tuple[Document, ...], tmp_path: Path) -> None:
