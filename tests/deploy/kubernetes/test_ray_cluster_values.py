@@ -36,6 +36,17 @@ def test_kuberay_takes_it(documents: tuple[Document, ...]) -> None:
     assert [each["metadata"]["name"] for each in documents if each["kind"] == "Deployment"] == ["chat-router"]
 
 
+def test_pods_of_one_instance_reach_each_other(documents: tuple[Document, ...]) -> None:
+    """At ports that Ray's launcher and the system choose."""
+    worker = find(documents, "NetworkPolicy", "chat-worker")["spec"]
+    (rule,) = (
+        rule
+        for rule in worker["ingress"]
+        if rule["from"] == [{"podSelector": {"matchLabels": worker["podSelector"]["matchLabels"]}}]
+    )
+    assert "ports" not in rule
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
