@@ -87,9 +87,9 @@ class KvFetcher:
         try:
             fetched = await self._receive(fetch)
         except PeerGoneError:
-            if not self._peers.was_late:
+            if not await self._peers.is_there(fetch.source):
                 raise
-            fetched = await self._receive(fetch)  # over a new connection: the peer still holds the KV, if it is there
+            fetched = await self._receive(fetch)  # the peer still holds the KV
         return KvArrived(
             attempt_id=fetch.attempt_id,
             first_token=fetched.first_token,

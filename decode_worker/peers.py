@@ -28,6 +28,7 @@ GIVE_UP_S = 600.0  # by then the peer has restarted, under another id
 # have been in the time of a ping (`wire.channels.KV_CHANNEL_OPTIONS`).
 LATE_S = 0.4
 LATE_WITHIN_S = 2.0
+DOUBT_TIMEOUT_S = 0.5  # to connect then: requests wait for it
 
 
 class Peers:
@@ -66,6 +67,11 @@ class Peers:
     def was_late(self) -> bool:
         """Whether a connection that was lost now may have been lost because this process did not run."""
         return self._delays.longest_s(LATE_WITHIN_S) >= LATE_S
+
+    async def is_there(self, source: KvSource) -> bool:
+        """Whether the instance, whose connection has ended, is there all the same: this process was late, and another
+        connection can be made at once."""
+        return self.was_late and await self._can_connect(source, DOUBT_TIMEOUT_S)
 
     def unreachable(self) -> tuple[str, ...]:
         """Ids of the instances to which there is no connection any more."""
@@ -136,7 +142,7 @@ class Peers:
             checking.add_done_callback(lambda _: self._doubted.pop(instance_id, None))
 
     async def _check(self, source: KvSource) -> None:
-        if not await self._can_connect(source):
+        if not await self._can_connect(source, DOUBT_TIMEOUT_S):
             self._cannot_reach(source, partial(self._can_connect, source))
 
     def _cannot_reach(self, source: KvSource, can_reach: Callable[[], Awaitable[bool]]) -> None:
@@ -165,13 +171,13 @@ class Peers:
         except TimeoutError:
             log.info("%s was not reached for %.0f s: it is forgotten", source.instance_id, GIVE_UP_S)
 
-    async def _can_connect(self, source: KvSource) -> bool:
+    async def _can_connect(self, source: KvSource, timeout_s: float = CONNECT_TIMEOUT_S) -> bool:
         try:
             channel = self._open(source)
         except ConfigError:  # the files of TLS are being replaced
             return False
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await channel.channel_ready()
             return True
         except TimeoutError:

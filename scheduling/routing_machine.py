@@ -118,7 +118,9 @@ class RoutingMachine:
             if attempt.request.attempt is attempt:
                 if attempt.decode is instance and self._hand_over_again(attempt, error, now_s):
                     continue
-                if not attempt.has_started:  # sent when the instance was lost already: it does not count
+                # Sent when the instance was lost already, or its KV was to be read by another reader, and its host was
+                # lost as a whole: it does not count.
+                if not attempt.has_started or (attempt.prefill is instance and attempt.reader_error is not None):
                     attempt.request.num_attempts -= 1
                 self._fail(attempt, error, {instance_id}, now_s)
         self._settle(now_s)

@@ -39,13 +39,16 @@ class Receiver:
 
 class Peers:
     is_closed = False
-    was_late = False
+    found = False
 
     def __init__(self) -> None:
         self.without_link: list[str] = []
 
     def control(self, source: KvSource) -> str:
         return f"control of {source.instance_id}"
+
+    async def is_there(self, source: KvSource) -> bool:
+        return self.found
 
     def cannot_link(self, source: KvSource, can_link: object) -> None:
         self.without_link.append(source.instance_id)
@@ -126,8 +129,8 @@ async def test_close_reports_all_that_are_under_way_and_closes_the_channels() ->
     assert peers.is_closed
 
 
-@pytest.mark.parametrize("was_late", [False, True])
-async def test_a_peer_is_asked_again_where_this_process_was_late(was_late: bool) -> None:
+@pytest.mark.parametrize("found", [False, True])
+async def test_a_peer_that_is_there_all_the_same_is_asked_again(found: bool) -> None:
     """Once: its connection may have ended because nobody here read what it had answered."""
     tries = []
 
@@ -138,23 +141,23 @@ async def test_a_peer_is_asked_again_where_this_process_was_late(was_late: bool)
         return Result()
 
     fetcher, reports, peers = make(r=lose_once)
-    peers.was_late = was_late
+    peers.found = found
     fetcher.start(fetch("r"))
     await settle()
     (report,) = reports
-    assert isinstance(report, KvArrived if was_late else FetchFailed)
+    assert isinstance(report, KvArrived if found else FetchFailed)
 
     async def lose() -> Result:
         tries.append(1)
         raise PeerGoneError("the prefill worker cannot be reached")
 
     fetcher, reports, peers = make(r=lose)
-    peers.was_late = was_late
+    peers.found = found
     tries.clear()
     fetcher.start(fetch("r"))
     await settle()
     assert isinstance(reports[0], FetchFailed)
-    assert len(tries) == 1 + was_late
+    assert len(tries) == 1 + found
 
 
 async def test_a_peer_with_which_no_link_can_be_made_is_told() -> None:

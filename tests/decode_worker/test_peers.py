@@ -116,6 +116,8 @@ async def test_who_was_late_itself_condemns_nobody_without_a_try() -> None:
         there._gone()
         gone._gone()
         assert peers.unreachable() == ()
+        assert await peers.is_there(KvSource("prefill-0", prefill.address))
+        assert not await peers.is_there(KvSource("prefill-1", "127.0.0.1:1"))
         async with asyncio.timeout(30.0):
             while peers.unreachable() != ("prefill-1",):  # noqa: ASYNC110 - a task of its own
                 await asyncio.sleep(0.02)

@@ -106,6 +106,17 @@ def test_kv_is_released_when_its_last_possible_reader_is_lost(is_computed: bool)
     assert (router.take().instance_id, second.attempt.prefill) == ("p1", None)
 
 
+def test_a_host_that_is_lost_as_a_whole_uses_up_one_attempt() -> None:
+    """Its instances are lost one after the other: the KV was left to another reader in vain."""
+    router = _two_hosts("balanced")
+    first, second = _begin(router, "r")
+    router.lose(second.instance_id)
+    assert router.take().instance_id == "d1"
+    router.lose(first.instance_id)
+    again = router.take()
+    assert (again.instance_id, again.attempt.request.num_attempts) == ("p2", 2)
+
+
 def test_kv_that_a_lost_reader_has_acknowledged_is_computed_again_at_once() -> None:
     """No instance is blamed, and the request loses no attempt."""
     router = DrivenRouter(RoutingSettings(local_prefill=False))
