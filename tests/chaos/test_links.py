@@ -95,7 +95,9 @@ def test_a_slow_link_costs_only_time(cluster: ChaosCluster, client: Client) -> N
 def test_a_router_that_cannot_reach_an_instance_goes_elsewhere(
     phase: str, mode: str, cluster: ChaosCluster, client: Client
 ) -> None:
-    """The instance still reports: only its session stands still, or ends."""
+    """The instance still reports: only its session stands still, or ends. Where it stands still during a transfer, the
+    instance has read the KV by the time it is given up. The next reader finds that out, and the prompt is computed
+    again."""
     victim = "decode-0" if phase in ("transfer", "decode") else "prefill-0"
     disturbed = bring_into(phase, cluster, client)
     failed_s = time.monotonic()
@@ -103,7 +105,8 @@ def test_a_router_that_cannot_reach_an_instance_goes_elsewhere(
     cluster.release_kv("prefill-0", "prefill-1")
     disturbed.check_tokens()
     attempts = sorted(each.num_attempts for each in disturbed.answers)
-    assert attempts == ([1, 1, 2] if phase == "queued" else [1, 2])
+    more = 3 if (phase, mode) == ("transfer", "stall") else 2
+    assert attempts == ([1, 1, more] if phase == "queued" else [1, more])
     waited_s = max(each.longest_gap_s(failed_s) for each in disturbed.answers)
     assert waited_s < (FOUND_WITHIN_S if mode == "stall" else 0.0) + 2 * MARGIN_S
     cluster.link("router", victim, "pass")
