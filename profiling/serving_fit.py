@@ -223,8 +223,9 @@ def fit_decode(steps: Sequence[StepTime]) -> tuple[ServedStep, ServedStep, float
 
 
 def fit_decode_alone(cost: CalibratedCost, periods: Sequence[LoadPeriod]) -> ServedStep:
-    """Of an instance that has the machine for itself, by batch: what its process does beside a step takes hardly any
-    time for one sequence, and a third of a small model's step for 16. `cost`: of the engine alone."""
+    """Of an instance that has the machine for itself, by batch. What its process does beside a step grows with the
+    batch; where its ranks take all cores, they also wait for each other whenever the router or a client runs. `cost`:
+    of the engine alone."""
     by_batch = {
         batch: [
             replace(step, contended=0.0)  # its own prompts are among those admitted

@@ -10,7 +10,7 @@ the machine with itself.
 
 Needs a machine with a core for each rank and no other load.
 
-    python -m bench.fidelity.shapes                              1x1, 2x1 and 1x2, about ten minutes
+    python -m bench.fidelity.shapes                              1x1, 2x1 and 1x2, 12 minutes
     python -m bench.fidelity.shapes --shapes 2x1 --repeats 3
 
 The last line is JSON: also the calibration, every request, and the samples beside their fit.
