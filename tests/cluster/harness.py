@@ -25,13 +25,19 @@ from tandem.wire.fleet import FleetDescription, describe_fleet
 START_TIMEOUT_S = 180.0  # three imports of torch at once on a busy machine
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """Outside the range from which the system takes ports of connections: one of those could take it meanwhile."""
+    """Another one each time, outside the range from which the system takes ports of connections: one of those could
+    take it meanwhile. The choice has no seed, since tests that run beside this one may have the same."""
     while True:
-        port = random.randrange(12_000, 32_000)
+        port = random.SystemRandom().randrange(12_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _given_ports:
+                _given_ports.add(port)
+                return port
 
 
 @dataclass
