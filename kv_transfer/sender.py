@@ -199,12 +199,12 @@ class KvSender:
             self.unlink(link.link_id)
 
     async def close(self) -> None:
-        """End all links and wait for their threads, at most as long as an operation may take."""
+        """End all links and wait for their threads, in all at most as long as an operation may take."""
         for link_id in list(self._links):
             self.unlink(link_id)
-        timeout_s = self._config.operation_timeout_s(MAX_CHUNK_BYTES)
+        end_s = time.monotonic() + self._config.operation_timeout_s(MAX_CHUNK_BYTES)
         for group in self._closing:
-            if not await asyncio.to_thread(group.join, timeout_s):
+            if not await asyncio.to_thread(group.join, max(0.0, end_s - time.monotonic())):
                 _log.warning("a KV link's thread still hangs")
         self._closing.clear()
         self._groups.close()
