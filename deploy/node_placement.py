@@ -71,7 +71,7 @@ def num_ranks_of(spec: ProcessSpec) -> int:
 
 
 def bundle_of(spec: ProcessSpec, num_ranks: int) -> Bundle:
-    """What so many ranks of an instance need: GPUs, or the cores of an instance on CPUs whose number is a setting; and
+    """What `num_ranks` ranks of an instance need on a node: GPUs, or cores on CPUs where their number is a setting; and
     what its settings name, on each of its nodes."""
     assert isinstance(spec.config, WorkerConfig), "a router needs no resources"
     share = num_ranks / num_ranks_of(spec)

@@ -30,9 +30,7 @@ from tandem.scheduling.routing_settings import RoutingSettings
 
 NUM_CANDIDATES = 4  # of each role
 MIN_ERROR = 0.05  # relative error of a prediction, at least: later arrivals and departures are unknown
-REMOTE_MARGIN = (
-    0.05  # score by which another form must be better than remote prefill, so that equal ones do not alternate
-)
+REMOTE_MARGIN = 0.05  # score by which another form must beat remote prefill, so that equal ones do not alternate
 SCORE_TOLERANCE = 0.02  # scores that differ by less count as equal, and the lowest latency decides
 
 _FIRST_TRANSFER_S = (0.001, 1e-6)  # prior of the seconds from first token to committed KV: constant, and per token
