@@ -128,7 +128,8 @@ class ProcessGroupLink:
                 raise TransferError("the KV link has ended")
             return moving.result()
         except BaseException:
-            moving.cancel()
+            if not moving.cancel() and not moving.cancelled():
+                moving.exception()  # the caller gets another reason; asyncio would log this one with a traceback
             self.close()
             raise
 
